@@ -52,39 +52,48 @@ def choose_model(models: Sequence[AppModel], on_change: Callable[[AppModel], Non
 class ClassChoice:
     """The class of the images: buttons for a few classes, a text field for many, nothing without classes.
 
-    value: such as "3", "" for every class in turn.
+    value: such as "3", "" for every class in turn. all_text: the button for every class.
     """
 
-    def __init__(self, on_click: Callable[[], Any] | None = None) -> None:
-        self.value, self._on_click = "", on_click
+    def __init__(self, on_click: Callable[[], Any] | None = None, all_text: str = "all") -> None:
+        self.value, self._on_click, self._all_text = "", on_click, all_text
+        self._field: ui.input | None = None
         self._box = division("group")
         self._buttons: dict[str, Element] = {}
 
     def show(self, count: int | None) -> None:
         """Offer `count` classes; None offers none."""
         self.value = ""
-        self._buttons = {}
+        self._buttons, self._field = {}, None
         self._box.clear()
         if count is None:
             return
         with self._box:
             heading("Class")
             if count > MOST_CHIPS:
-                ui.input(placeholder=f"0-{count - 1}, such as 207,360", on_change=self._type).props(
-                    "outlined dense aria-label=classes"
-                ).classes("wide")
+                self._field = ui.input(
+                    placeholder=f"0-{count - 1}, such as 207,360; empty: {self._all_text}",
+                    on_change=self._type,
+                )
+                self._field.props("outlined dense aria-label=classes").classes("wide")
                 return
             with division("chips"):
                 for value in ["", *map(str, range(count))]:
-                    self._buttons[value] = plain_button(value or "all", partial(self._choose, value))
+                    self._buttons[value] = plain_button(value or self._all_text, partial(self._click, value))
         self._mark()
 
     def _type(self, event: Any) -> None:
         self.value = event.value
 
-    def _choose(self, value: str) -> None:
+    def choose(self, value: str) -> None:
+        """Choose a class, or several as they are typed."""
         self.value = value
         self._mark()
+        if self._field is not None:
+            self._field.set_value(value)
+
+    def _click(self, value: str) -> None:
+        self.choose(value)
         if self._on_click is not None:
             self._on_click()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 from nicegui import ui
@@ -19,12 +20,22 @@ CRISP_SIDE = 64  # pixels: images up to this side are enlarged without blending
 EMPTY = "data:image/gif;base64,R0lGODlhAQABAIAAAAAAAP///yH5BAEAAAAALAAAAAABAAEAAAIBRAA7"  # one clear pixel
 
 
+@dataclass(frozen=True)
+class Sample:
+    """An image of a gallery as a PNG, its class, and how many classes its model has."""
+
+    picture: bytes
+    label: int | None
+    classes: int | None
+
+
 class Gallery:
     """The images of the job that was started last. All its jobs end when the page is closed."""
 
     def __init__(self, queue: JobQueue, hint: str) -> None:
         self._queue = queue
         self.job: Job | None = None
+        self._settings: Settings | None = None
         self._captions: list[str] = []
         self._images: list[Element] = []
         self._shown: list[bytes | None] = []
@@ -41,19 +52,18 @@ class Gallery:
         self.refresh()
 
     def start(self, make_settings: Callable[[], Settings]) -> None:
-        """Start a job in place of the last one. A wrong setting becomes a line, and the last one goes on."""
+        """Start a job in place of the last one. If it is refused, a line says so and the last goes on."""
         try:
             settings = make_settings()
             settings.check()
-            self.cancel()
             stages = 1 if settings.model.pipe.upsampler is None else 2
             job = Job(settings.title, len(settings.seed_list), settings.run, stages)
-            self._queue.submit(job)
+            self._queue.submit(job, replaced=self.job)
         except AdmfastError as error:
             self.show_error(str(error))
             return
         self.show_error("")
-        self.job = job
+        self.job, self._settings = job, settings
         self._summary.set_text(settings.summary)
         self._show_tiles(settings)
         self._show_lines(settings)
@@ -68,6 +78,21 @@ class Gallery:
         """Cancel the job, if it runs or waits."""
         if self.job is not None:
             self._queue.cancel(self.job)
+
+    def close(self) -> None:
+        """Cancel the job and let go of it and of its pictures."""
+        self.cancel()
+        self.job, self._settings, self._shown = None, None, []
+
+    @property
+    def first_sample(self) -> Sample | None:
+        """The first image, once the job has finished."""
+        job, settings = self.job, self._settings
+        if job is None or settings is None or job.state is not State.FINISHED:
+            return None
+        picture, classes = job.pictures[0], settings.image_classes
+        label = None if classes is None else classes[0]
+        return None if picture is None else Sample(picture, label, settings.model.pipe.default_classes)
 
     def refresh(self) -> None:
         """Show how the job stands now, and the images that changed."""

@@ -113,13 +113,18 @@ class JobQueue:
         self._thread = threading.Thread(target=self._run, name="admfast jobs", daemon=True)
         self._thread.start()
 
-    def submit(self, job: Job) -> Job:
-        """Append a job. Raises: Unavailable if too many wait."""
+    def submit(self, job: Job, replaced: Job | None = None) -> Job:
+        """Append a job, and cancel the one that it replaces. Raises: Unavailable if too many others wait.
+
+        If the new job is refused, the other one goes on.
+        """
         with self._changed:
-            waiting = sum(other.state is State.WAITING for other in self._jobs)
+            waiting = sum(other.state is State.WAITING for other in self._jobs if other is not replaced)
             if waiting >= MOST_WAITING:
                 raise Unavailable(f"the queue is full: {waiting} jobs wait; cancel one, or try again later")
             self._jobs.append(job)
+            if replaced is not None:
+                self.cancel(replaced)
             self._changed.notify()
         return job
 
@@ -161,3 +166,4 @@ class JobQueue:
             job.run()
             with self._changed:
                 self._jobs = [other for other in self._jobs if not other.ended]
+            del job  # not to hold its pictures until the next one comes

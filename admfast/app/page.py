@@ -8,18 +8,18 @@ from pathlib import Path
 from nicegui import ui
 
 from admfast.app.controls import division, plain_button
-from admfast.app.gallery import Gallery
+from admfast.app.gallery import Sample
 from admfast.app.jobs import Job, JobQueue, State
 from admfast.app.models import AppModel
 from admfast.app.sample_tab import SampleTab
-from admfast.app.upload_tabs import EnlargeTab, RestoreTab
+from admfast.app.upload_tabs import EnlargeTab, RestoreTab, UploadTab
 
 REFRESH = 0.15  # seconds
 STYLE = Path(__file__).with_name("page.css")
 
 
 def show_page(models: Mapping[str, AppModel], queue: JobQueue) -> None:
-    """Build the page for a visitor. Its jobs are cancelled when it is closed."""
+    """Build the page for a visitor. When it is closed, its jobs and images end with it."""
     ui.add_css(STYLE.read_text(encoding="utf-8"))
     ui.colors(primary="#3d5a80")
     pipe = next(iter(models.values())).pipe
@@ -27,24 +27,25 @@ def show_page(models: Mapping[str, AppModel], queue: JobQueue) -> None:
         ui.label("admfast").classes("title")
         ui.label(f"{pipe.device}, {pipe.precision}").classes("note")
     with ui.element("main").classes("main-part"):
-        galleries = _show_tabs(list(models.values()), queue)
+        tabs = _show_tabs(list(models.values()), queue)
         queue_view = QueueView(queue)
 
     def refresh() -> None:
-        for gallery in galleries:
-            gallery.refresh()
+        for tab in tabs:
+            for gallery in tab.galleries:
+                gallery.refresh()
         queue_view.refresh()
 
     def leave() -> None:
-        for gallery in galleries:
-            gallery.cancel()
+        for tab in tabs:
+            tab.close()
 
     ui.timer(REFRESH, refresh)
     ui.context.client.on_delete(leave)
 
 
-def _show_tabs(models: list[AppModel], queue: JobQueue) -> list[Gallery]:
-    """Show a tab for each use that a model has; return their galleries."""
+def _show_tabs(models: list[AppModel], queue: JobQueue) -> list[SampleTab | UploadTab]:
+    """Show a tab for each use that a model has; return the tabs."""
     makers = [model for model in models if not model.enlarges]
     with ui.tabs().props("align=left no-caps dense").classes("tabs") as tabs:
         names = {name: ui.tab(name) for name in ("Sample", "Enlarge", "Restore")}
@@ -52,15 +53,14 @@ def _show_tabs(models: list[AppModel], queue: JobQueue) -> list[Gallery]:
         with ui.tab_panel(names["Sample"]):
             sample = SampleTab(makers, queue)
 
-        def first_image() -> bytes | None:
-            job = sample.galleries[0].job
-            return job.pictures[0] if job is not None and job.state is State.FINISHED else None
+        def first_image() -> Sample | None:
+            return sample.galleries[0].first_sample
 
         with ui.tab_panel(names["Enlarge"]):
             enlarge = EnlargeTab([model for model in models if model.enlarges], queue, first_image)
         with ui.tab_panel(names["Restore"]):
             restore = RestoreTab([model for model in makers if model.restores], queue, first_image)
-    return [*sample.galleries, enlarge.gallery, restore.gallery]
+    return [sample, enlarge, restore]
 
 
 class QueueView:

@@ -32,6 +32,11 @@ class SampleTab:
         self._choose_model(self._model)
         self._compare()
 
+    def close(self) -> None:
+        """End the jobs and let go of their images, as the page is closed."""
+        for gallery in self.galleries:
+            gallery.close()
+
     def start(self) -> None:
         """Sample with every setting that is shown."""
         for side in self._sides:
@@ -45,8 +50,10 @@ class SampleTab:
 
     def _settings(self, side: Side) -> Sampling:
         """Return what is set. Raises: InvalidArgument."""
+        compared = self._compared.value
         return Sampling(
             self._model,
+            folder=side.folder if compared else "out/",
             seeds=self._seeds.value,
             classes=self._classes.value,
             steps=side.steps.value,
@@ -76,6 +83,7 @@ class Side:
     """One of the two settings: steps, solver and guidance. Guidance samples again when it is let go."""
 
     def __init__(self, name: str, tab: SampleTab, guidance: float) -> None:
+        self.folder = f"out-{name.lower()}/"
         with controls.division("group side") as self.box:
             self.name = ui.label(f"Setting {name}").classes("name")
             with controls.division("pair"):

@@ -39,6 +39,7 @@ class Settings:
         seeds: such as "0-7"; `seed_list` holds the numbers.
         classes: such as "3" or "0,2"; "" takes the seed modulo the number of classes.
         steps: evaluations of the network for each image.
+        folder: the folder to which the command writes.
     """
 
     model: AppModel
@@ -46,6 +47,7 @@ class Settings:
     seeds: str = "0-7"
     classes: str = ""
     steps: int = 25
+    folder: str = "out/"
     seed_list: list[int] = field(init=False)
     class_list: list[int] | None = field(init=False)
 
@@ -91,13 +93,21 @@ class Settings:
         return {}
 
     @property
-    def captions(self) -> list[str]:
-        """The seed and the class of each image."""
+    def image_classes(self) -> list[int] | None:
+        """The class of each image; None without classes."""
         seeds, count = self.seed_list, self.model.pipe.default_classes
         if count is None:
-            return [f"seed {seed}" for seed in seeds]
+            return None
         classes = self.class_list or [seed % count for seed in seeds]
-        return [f"seed {seed} · class {classes[i % len(classes)]}" for i, seed in enumerate(seeds)]
+        return [classes[i % len(classes)] for i in range(len(seeds))]
+
+    @property
+    def captions(self) -> list[str]:
+        """The seed and the class of each image."""
+        seeds, classes = self.seed_list, self.image_classes
+        if classes is None:
+            return [f"seed {seed}" for seed in seeds]
+        return [f"seed {seed} · class {label}" for seed, label in zip(seeds, classes, strict=True)]
 
     @property
     def summary(self) -> str:
@@ -133,7 +143,7 @@ class Sampling(Settings):
         return self.model.pipe.sample(**self.arguments(), callback=callback)
 
     def command_line(self) -> list[str]:
-        return _command(self.model, self.arguments())
+        return _command(self.model, self.arguments(), self.folder)
 
     def python_lines(self) -> str:
         call = f"images = pipe.sample({_python_arguments(self.arguments())})"
@@ -173,7 +183,7 @@ class Enlargement(Settings):
         return self.model.pipe.sample(**self.arguments(), low_res=self._low_res(), callback=callback)
 
     def command_line(self) -> list[str]:
-        return _command(self.model, {"low-res": ENLARGED_FILE, **self.arguments()})
+        return _command(self.model, {"low-res": ENLARGED_FILE, **self.arguments()}, self.folder)
 
     def python_lines(self) -> str:
         channels = self.image.shape[2]
@@ -262,9 +272,9 @@ def _solver_text(pipe: Pipeline, arguments: dict[str, Any]) -> str:
     return str(request.solver) if source is None else f"{AUTO} ({request.solver})"
 
 
-def _command(model: AppModel, arguments: dict[str, Any]) -> list[str]:
+def _command(model: AppModel, arguments: dict[str, Any], folder: str) -> list[str]:
     """Return the parts of `admfast sample ...` with these arguments; values that are None are left out."""
-    options = {**model.options, **arguments, "out": "out/"}
+    options = {**model.options, **arguments, "out": folder}
     parts = [["admfast", "sample", model.name]]
     for name, value in options.items():
         if value is not None:

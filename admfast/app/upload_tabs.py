@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 from nicegui import run, ui
 from nicegui.events import UploadEventArguments
 
 from admfast.app import controls
-from admfast.app.gallery import EMPTY, Gallery, data_uri
+from admfast.app.gallery import EMPTY, Gallery, Sample, data_uri
 from admfast.app.jobs import JobQueue
 from admfast.app.models import AppModel
 from admfast.app.settings import Enlargement, Restoration, Settings
@@ -17,7 +18,9 @@ from admfast.app.uploads import MOST_BYTES, Upload, convert_upload
 from admfast.errors import InvalidArgument, invalid
 from admfast.files.images import encode_png
 
-FirstImage = Callable[[], bytes | None]  # returns the PNG of the first image of the tab that samples
+Receiver = Callable[[UploadEventArguments], Coroutine[Any, Any, None]]
+FirstImage = Callable[[], Sample | None]  # returns the first image of the tab that samples
+IN_TURN = "each in turn"
 
 
 class UploadTab:
@@ -44,6 +47,16 @@ class UploadTab:
                 self.gallery = Gallery(queue, f"Choose an image, then press {self.verb}.")
         self._choose_model(self.model)
 
+    @property
+    def galleries(self) -> list[Gallery]:
+        """The gallery, in a list."""
+        return [self.gallery]
+
+    def close(self) -> None:
+        """End the job and let go of its images and of the upload, as the page is closed."""
+        self.gallery.close()
+        self._file, self.upload = None, None
+
     def add_controls(self) -> None:
         """Add what this tab sets, `classes` among it."""
         raise NotImplementedError
@@ -63,7 +76,7 @@ class UploadTab:
             label=f"Choose a file (up to {MOST_BYTES / 1e6:g} MB)",
             auto_upload=True,
             max_file_size=MOST_BYTES,
-            on_upload=self._receive,
+            on_upload=_weakly(self._receive),
             on_rejected=lambda: self.gallery.show_error(_too_large()),
         ).props("flat bordered accept=image/*").classes("wide")
         with controls.division("line"):
@@ -80,12 +93,14 @@ class UploadTab:
         await self._convert()
 
     async def _take_sample(self) -> None:
-        """Take the first image of the tab that samples."""
-        picture = self._first_image()
-        if picture is None:
+        """Take the first image of the tab that samples, and its class."""
+        sample = self._first_image()
+        if sample is None:
             self.gallery.show_error("there is no sampled image yet: sample one in the first tab")
             return
-        self._file = "the sampled image", picture
+        self._file = "the sampled image", sample.picture
+        if sample.label is not None and sample.classes == self.model.pipe.default_classes:
+            self.classes.choose(str(sample.label))
         await self._convert()
 
     async def _convert(self) -> None:
@@ -133,7 +148,7 @@ class EnlargeTab(UploadTab):
     verb = "Enlarge"
 
     def add_controls(self) -> None:
-        self.classes = controls.ClassChoice()
+        self.classes = controls.ClassChoice(all_text=IN_TURN)
         with controls.division("pair"):
             with controls.division("group"):
                 self.steps = controls.steps_field(25)
@@ -164,7 +179,7 @@ class RestoreTab(UploadTab):
         with self.preview:
             self._hidden = controls.division("hidden-box").props("aria-label=hidden")
         self._rows, self._columns = (self._range(name) for name in ("Hidden rows", "Hidden columns"))
-        self.classes = controls.ClassChoice()
+        self.classes = controls.ClassChoice(all_text=IN_TURN)
         with controls.division("pair"):
             with controls.division("group"):
                 self.steps = controls.steps_field(50)
@@ -212,6 +227,22 @@ class RestoreTab(UploadTab):
             steps=self.steps.value,
             strength=self.strength.value,
         )
+
+
+def _weakly(method: Receiver) -> Receiver:
+    """Return a function that calls a method without holding its object.
+
+    FastAPI keeps the last thousands of routes' functions in a cache of its own. NiceGUI makes such a function
+    for each upload element, and it holds the element's handler for that long.
+    """
+    reference = weakref.WeakMethod(method)
+
+    async def receive(event: UploadEventArguments) -> None:
+        called = reference()
+        if called is not None:
+            await called(event)
+
+    return receive
 
 
 def _too_large() -> str:

@@ -30,6 +30,16 @@ MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's mode for a number of channels
 _CONVERTED_MODES = dict.fromkeys(("1", "L"), "L")
 _CONVERTED_MODES |= dict.fromkeys(("P", "RGB", "CMYK", "YCbCr"), "RGB")
 _CONVERTED_MODES |= dict.fromkeys(("LA", "PA", "RGBA"), "RGBA")
+# EXIF orientation -> what makes the image upright.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 # What Pillow raises for damaged files, including errors of the modules that it uses.
 _DAMAGE_ERRORS = (
@@ -72,7 +82,7 @@ def read_image(path: str | PathLike[str], channels: int | None = None) -> UInt8:
             (the published loader ignores that).
     """
     picture = open_image(path)
-    if (orientation := picture.getexif().get(ExifTags.Base.Orientation, 1)) not in (0, 1):
+    if (orientation := exif_orientation(picture)) != 1:
         allowed = f"an image that is stored upright; this one has EXIF orientation {orientation}"
         raise invalid("path", str(path), allowed)
     array = np.asarray(picture if channels is None else picture.convert(MODES[channels]))
@@ -118,6 +128,24 @@ def open_image(
         raise invalid("path", name, "not an image in a format that Pillow reads") from None
     except _DAMAGE_ERRORS as error:
         raise invalid("path", name, f"not readable as an image: {first_line(error)}") from error
+
+
+def exif_orientation(picture: Image.Image) -> int:
+    """Return how an image must be turned, 2 to 8 as EXIF numbers it; 1 if it is upright or doesn't say.
+
+    EXIF that can't be read says nothing.
+    """
+    try:
+        orientation = picture.getexif().get(ExifTags.Base.Orientation)
+    except _DAMAGE_ERRORS:
+        return 1
+    return orientation if orientation in _TURNS else 1
+
+
+def turn_upright(picture: Image.Image) -> Image.Image:
+    """Return an image turned as its EXIF orientation says."""
+    orientation = exif_orientation(picture)
+    return picture if orientation == 1 else picture.transpose(_TURNS[orientation])
 
 
 def labelled_grid(

@@ -221,6 +221,7 @@ def test_two_settings_are_compared_on_the_same_seeds(page):
     tops = [gallery.bounding_box()["y"] for gallery in (first, second)]
     assert tops[0] == tops[1] and first.bounding_box()["x"] < second.bounding_box()["x"]
     assert first.locator("figcaption").all_inner_texts() == second.locator("figcaption").all_inner_texts()
+    assert "--out out-a/" in code(first, 0) and "--out out-b/" in code(second, 0)
     assert "--solver auto" in code(first, 0) and "--solver ddim:eta=0.5" in code(second, 0)
     assert (pixels(first) != pixels(second)).any()
 
@@ -282,6 +283,25 @@ def test_a_part_of_an_image_is_hidden_and_filled_in(page):
     visible[10:22, 10:22] = False
     np.testing.assert_array_equal(pixels(gallery)[0][visible], digit[visible])
     assert "restore(pipe, image, box=(10, 10, 22, 22)" in code(gallery, 0)
+
+
+def test_a_sample_brings_its_class_to_the_other_tabs(page):
+    fill(page, steps="3", seeds="0-1")
+    press(page, "3")
+    status(gallery_of(page), "finished in")
+    for tab in ("Enlarge", "Restore"):
+        page.get_by_role("tab", name=tab).click()
+        chosen = page.locator("button[aria-pressed=true]:visible")
+        chosen.get_by_text("each in turn").wait_for()
+        press(page, "Take the first sample")
+        page.locator("button[aria-pressed=true]:visible", has_text=re.compile("^3$")).wait_for()
+        assert chosen.count() == 1
+        page.locator(".note:visible", has_text=re.compile("^32x32 pixels")).wait_for()
+        fill(page, steps="3")
+        press(page, tab)
+        status(gallery_of(page), "finished in")
+        captions = gallery_of(page).locator("figcaption").all_inner_texts()
+        assert captions and all(caption.split()[-1] == "3" for caption in captions)
 
 
 def test_hostile_values_are_lines(page):

@@ -76,6 +76,9 @@ def test_lines_name_weights_and_device(models):
     assert " ".join(settings.command_line()).startswith(
         "admfast sample imagenet64 --weights 'my models' --device cuda:1 --classes 7 --seeds 3-5"
     )
+    assert settings.command_line()[-1] == "--out out/"
+    named = dataclasses.replace(settings, folder="out-b/")
+    assert named.command_line()[-1] == "--out out-b/" and named.arguments() == settings.arguments()
     lines = settings.python_lines()
     assert 'admfast.load("imagenet64", weights="my models", device="cuda:1")' in lines
     assert "classes=[7], seeds=range(3, 6)" in lines

@@ -8,7 +8,7 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from admfast.app.uploads import MOST_BYTES, convert_upload
 from admfast.errors import InvalidArgument
@@ -55,6 +55,60 @@ def test_a_turned_photograph_is_turned_back():
     exif[0x0112] = 3
     made = convert_upload("a.png", encoded(image, exif=exif), 32, 1)
     assert made.image[-8:].min() == 255 and made.image[:24].max() == 0
+
+
+def transparent(mode: str) -> bytes:
+    """Return a PNG of this mode: black ink at the left; the right is transparent, and black or nearly."""
+    alpha = Image.new("L", (8, 8), 255)
+    alpha.paste(0, (4, 0, 8, 8))
+    if mode in ("RGBA", "LA"):
+        picture = Image.new(mode, (8, 8))
+        picture.putalpha(alpha)
+        return encoded(picture)
+    picture = Image.new(mode, (8, 8), 0)
+    if mode == "P":
+        picture.putpalette([0, 0, 0, 0, 0, 0])
+    picture.paste(1 if mode != "RGB" else (1, 1, 1), (4, 0, 8, 8))
+    return encoded(picture, transparency=1 if mode != "RGB" else (1, 1, 1))
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L", "RGB"])
+def test_what_is_transparent_is_blended_on_white(mode):
+    for channels in (1, 3):
+        made = convert_upload("ink.png", transparent(mode), 8, channels)
+        assert (made.image[:, :4] == 0).all() and (made.image[:, 4:] == 255).all()
+        assert made.note == "8x8 pixels, blended on white" + ", made grey" * (channels == 1)
+    kept = convert_upload("ink.png", transparent(mode), 8, 4)
+    assert (kept.image[:, :4, 3] == 255).all() and (kept.image[:, 4:, 3] == 0).all()
+    assert "white" not in kept.note
+
+
+def test_half_transparent_is_half_white_and_what_is_opaque_keeps_its_colours():
+    half = convert_upload("a.png", encoded(Image.new("RGBA", (8, 8), (0, 0, 0, 128))), 8, 3)
+    assert (half.image == 127).all() and half.note == "8x8 pixels, blended on white"
+    opaque = convert_upload("a.png", encoded(Image.new("RGBA", (8, 8), (9, 8, 7, 255))), 8, 3)
+    assert (opaque.image == (9, 8, 7)).all() and opaque.note == "8x8 pixels"
+
+
+@pytest.mark.parametrize("orientation", range(10))
+def test_every_orientation_is_turned_as_pillow_does(orientation):
+    pixels = np.arange(64, dtype=np.uint8).reshape(8, 8)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    content = encoded(Image.fromarray(pixels), exif=exif)
+    wanted = ImageOps.exif_transpose(Image.open(io.BytesIO(content)))
+    np.testing.assert_array_equal(convert_upload("a.png", content, 8, 1).image[..., 0], wanted)
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+@pytest.mark.parametrize(
+    "exif", [b"Exif\0\0garbagegarbage", b"Exif\0\0II+\0", b"Exif\0\0II*\0\x08\0\0\0\xff"]
+)
+def test_exif_that_cant_be_read_says_nothing(exif):
+    pixels = np.arange(64, dtype=np.uint8).reshape(8, 8)
+    made = convert_upload("a.png", encoded(Image.fromarray(pixels), exif=exif), 8, 1)
+    np.testing.assert_array_equal(made.image[..., 0], pixels)
+    assert made.note == "8x8 pixels"
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -78,6 +80,15 @@ def test_files_that_are_no_images(tmp_path):
             read_image(tmp_path / f"{name}.png")
         assert f"{name}.png" in str(caught.value)
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("exif", [b"Exif\0\0garbagegarbage", b"Exif\0\0II+\0"])
+def test_exif_that_cant_be_read_says_nothing(tmp_path, exif):
+    image = noise(6, 6, 3)
+    Image.fromarray(image).save(tmp_path / "x.png", exif=exif)
+    with pytest.raises((SyntaxError, struct.error)):
+        Image.open(tmp_path / "x.png").getexif()
+    assert np.array_equal(read_image(tmp_path / "x.png"), image)
 
 
 def test_grid_without_labels_places_every_tile(tmp_path):
