@@ -103,8 +103,8 @@ def open_image(
         most_pixels: a larger image is refused before it is decoded; None refuses what Pillow refuses.
 
     Raises:
-        InvalidArgument: for a file that is missing, damaged, not an image, or has over 8 bits per channel
-            (which Pillow would clip).
+        InvalidArgument: for a file that is missing, damaged, not an image, or grey of over 8 bits (which
+            Pillow would clip; of colours with 16 bits it reads the upper 8).
     """
     name = str(path)
     try:
