@@ -45,22 +45,10 @@ class RunImages(ImageSet):
 
     def batches(self, first: int, stop: int, size: int) -> Iterator[UInt8]:
         held: list[UInt8] = []
-        for image in self._images(first, stop):
+        for image in self._run.between(first, stop):
             held.append(image)
             if len(held) == size:
                 yield np.stack(held)
                 held = []
         if held:
             yield np.stack(held)
-
-    def _images(self, first: int, stop: int) -> Iterator[UInt8]:
-        """Yield the images first .. stop - 1; only the files that hold them are read."""
-        manifest = self._run.manifest
-        if manifest.files == "png":
-            yield from map(self._run.png, range(first, stop))
-            return
-        for shard in range(manifest.shards):
-            images = manifest.shard_images(shard)
-            if images.start < stop and images.stop > first:
-                for indices, piece in self._run.pieces(shard):
-                    yield from piece[max(0, first - indices.start) : max(0, stop - indices.start)]

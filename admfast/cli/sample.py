@@ -130,7 +130,7 @@ def _request(given: SimpleNamespace, pipe: Pipeline, images: Samples | None) -> 
     solver = given.solver or (AUTO if given.respacing is None else "ddpm")
     default = pipe.guidance
     if solver == AUTO and pipe.classifier is not None:
-        default = default_scale(pipe, requested_steps(pipe, given.steps, given.quality))
+        default = default_scale(pipe, requested_steps(pipe, given.steps, given.quality, given.respacing))
     guidance_options = guiding.guidance_settings(
         default, given.guidance, given.guidance_interval, given.guidance_every, given.guidance_count,
         given.guidance_reuse, given.cfg_scale, given.cfg_interval, given.autoguidance_scale,

@@ -58,13 +58,12 @@ class DinoFeatures(FeatureNet):
             raise CheckpointError(f"{path}: not a DINOv2 model: {first_line(error)}") from None
         # transformers fills what a file lacks with random numbers.
         missing = sorted(str(key) for key in (*report["missing_keys"], *report["mismatched_keys"]))
-        if not missing and report["unexpected_keys"]:
-            unknown = sorted(map(str, report["unexpected_keys"]))
-            raise CheckpointError(f"{path}: not a DINOv2 model: it also has {unknown[0]}")
         if missing:
             raise CheckpointError(
                 f"{path}: not a DINOv2 model: it lacks {missing[0]} and {len(missing) - 1} more"
             )
+        if unknown := sorted(map(str, report["unexpected_keys"])):
+            raise CheckpointError(f"{path}: not a DINOv2 model: it also has {unknown[0]}")
         self.device, self.name = torch.device(device), f"dinov2 ({path.name})"
         self._mean, self._std = (
             torch.tensor(values, device=self.device).reshape(3, 1, 1) for values in (MEAN, STD)

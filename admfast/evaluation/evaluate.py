@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from admfast.distributed import World
@@ -19,7 +19,7 @@ from admfast.evaluation.inception import InceptionFeatures
 from admfast.evaluation.inception_score import SPLIT_SIZE, inception_score
 from admfast.evaluation.intervals import Interval, bootstrap_interval
 from admfast.evaluation.kernel_distance import SUBSET_SIZE, SUBSETS, kernel_distance
-from admfast.evaluation.precision_recall import neighbourhoods
+from admfast.evaluation.precision_recall import coverage_of_alike_sets, neighbourhoods
 from admfast.evaluation.reference import IMAGES, ReferenceStatistics, read_reference_statistics
 from admfast.models.published import Metric
 
@@ -170,7 +170,7 @@ def _measures(
     yield from _neighbour_measures(net.neighbours, a, b, seed)
     kernel = kernel_distance(a, b, SUBSETS, seed=seed)
     how = f"standard deviation {kernel.std:.2g} over {SUBSETS} subsets"
-    if len(a) <= SUBSET_SIZE and len(b) <= SUBSET_SIZE:
+    if len(a) == len(b) <= SUBSET_SIZE:
         how = "of all images: there are too few for subsets"
     yield Measure(net.kernel_name, kernel.mean, how=how)
 
@@ -195,7 +195,7 @@ def _neighbour_measures(rule: Neighbours, a: Tensor, b: Tensor, seed: int) -> It
         open_balls = neighbourhoods(a, b, DENSITY_NEIGHBOURS, half=False, open_balls=True)
         how = f"k = {DENSITY_NEIGHBOURS}"
     yield _mean("density", open_balls.density, how, seed)
-    alike = 1 - math.prod((len(b) - 1 - i) / (len(a) + len(b) - 1 - i) for i in range(DENSITY_NEIGHBOURS))
+    alike = coverage_of_alike_sets(len(a), len(b), DENSITY_NEIGHBOURS)
     how += f"; {alike:.4g} for as many from the reference's own source"
     yield _mean("coverage", open_balls.coverage, how, seed)
 
@@ -216,10 +216,13 @@ def _sample_warnings(samples: ImageSet) -> Iterator[str]:
     if samples.shape[2] == 1:
         yield "the samples are grey"
     labels = samples.labels
-    if labels is not None and len(labels) > SPLIT_SIZE and labels[0] < labels[-1]:
-        if bool((np.diff(labels) >= 0).all()):
-            few = f"each split of {SPLIT_SIZE:,} has only a few classes"
-            yield f"the samples are sorted by class: {few}, so the Inception Score is too low"
+    if labels is not None and len(labels) > SPLIT_SIZE and labels[0] < labels[-1] and _is_sorted(labels):
+        few = f"each split of {SPLIT_SIZE:,} has only a few classes"
+        yield f"the samples are sorted by class: {few}, so the Inception Score is too low"
+
+
+def _is_sorted(labels: NDArray[np.int64]) -> bool:
+    return bool((np.diff(labels) >= 0).all())
 
 
 def _comparison_warnings(

@@ -3,12 +3,11 @@ memory."""
 
 from __future__ import annotations
 
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from os import PathLike
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
@@ -16,12 +15,12 @@ from numpy.typing import NDArray
 
 from admfast.checks import whole_numbers
 from admfast.errors import InvalidArgument, invalid
+from admfast.files.image_files import SAMPLE_NAME
 from admfast.files.npz import array_header, check_labels, iter_array, read_array, read_rows
 from admfast.files.paths import user_path
 from admfast.files.sources import Source, open_source
 
 UInt8 = NDArray[np.uint8]
-_SAMPLED_CLASS = re.compile(r"\d{6,}_class(\d+)_seed\d+\.png$")  # a file of `admfast sample`
 _DIGITS = 18  # of a number that int64 holds
 _DECODERS = 4  # threads that decode image files
 
@@ -160,8 +159,8 @@ class FileImages(ImageSet):
         for index, image in zip(indices, images, strict=True):
             if image.shape != self.shape:
                 found = f"{self.image_name(index)} has {image.shape}"
-                allowed = f"images of one size, all grey if the first is: it has {self.shape}"
-                raise invalid(self._argument, found, allowed)
+                kind = ", all grey" if self._channels == 1 else ""
+                raise invalid(self._argument, found, f"images of one size{kind}: the first has {self.shape}")
         return np.stack(images)
 
     def _read(self, index: int) -> UInt8:
@@ -178,9 +177,10 @@ def _file_labels(source: Source) -> tuple[NDArray[np.int64] | None, bool]:
     They are the numbers in the names of `admfast sample`, or names of folders or prefixes. A prefix that
     every file has, or each its own, is no class.
     """
-    sampled = [_SAMPLED_CLASS.search(source.name(i)) for i in range(len(source))]
-    if all(sampled):
-        return np.array([int(match[1]) for match in sampled if match], dtype=np.int64), True
+    matches = (SAMPLE_NAME.fullmatch(PurePath(source.name(i)).name) for i in range(len(source)))
+    sampled = [None if match is None else match[2] for match in matches]
+    if None not in sampled:
+        return np.array(sampled).astype(np.int64), True
     names = source.class_names
     if source.labels is None or any(sampled) or len(names) == len(source) > 1:
         return None, True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,6 +69,15 @@ def density_coverage(samples: Any, reference: Any, k: int = 5) -> tuple[float, f
     """
     found = neighbourhoods(samples, reference, k, half=False, open_balls=True)
     return float(found.density.double().mean()), float(found.coverage.double().mean())
+
+
+def coverage_of_alike_sets(samples: int, reference: int, k: int) -> float:
+    """Return the expected coverage of `samples` features N of the same distribution as the reference's M.
+
+    It is 1 - prod_{i < k} (M - 1 - i) / (N + M - 1 - i): a neighbourhood has no sample if the k features
+    nearest to its centre, of all others, are of the reference.
+    """
+    return 1 - math.prod((reference - 1 - i) / (samples + reference - 1 - i) for i in range(k))
 
 
 def neighbourhoods(

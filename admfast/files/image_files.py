@@ -7,6 +7,7 @@ by name, files and folders together.
 from __future__ import annotations
 
 import os
+import re
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,14 @@ from pathlib import Path
 from admfast.errors import AdmfastError, invalid
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".gif", ".bmp", ".webp")  # the published loader's, and .bmp and .webp
+
+# A name by `sample_name`; the groups are the number of the image and its class.
+SAMPLE_NAME = re.compile(r"(\d{6,})(?:_class(\d+))?_seed\d+\.png")
+
+
+def sample_name(i: int, label: int | None, seed: int) -> str:
+    """Return the name of the PNG file of sample i of a run."""
+    return f"{i:06d}{'' if label is None else f'_class{label}'}_seed{seed}.png"
 
 
 def list_folder(

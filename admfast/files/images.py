@@ -143,7 +143,10 @@ def exif_orientation(picture: Image.Image) -> int:
 
 
 def turn_upright(picture: Image.Image) -> Image.Image:
-    """Return an image turned as its EXIF orientation says."""
+    """Return an image turned as its EXIF orientation says.
+
+    Pillow's `exif_transpose` also writes the tags anew, which fails for damaged ones.
+    """
     orientation = exif_orientation(picture)
     return picture if orientation == 1 else picture.transpose(_TURNS[orientation])
 

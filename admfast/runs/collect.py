@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 
 from admfast.errors import invalid
 from admfast.files.atomic import atomic_open, check_not_existing, make_folder
+from admfast.files.image_files import SAMPLE_NAME, sample_name
 from admfast.files.images import encode_png, read_image, write_png
 from admfast.files.npz import write_streamed
-from admfast.runs.manifest import IMAGE_FILE, Manifest, image_name, require_manifest
+from admfast.runs.manifest import Manifest, require_manifest
 from admfast.runs.shards import LEASES, PARTS, SHARDS, ShardFiles, shard_name
 
 UInt8 = NDArray[np.uint8]
@@ -71,10 +72,21 @@ class FinishedRun:
     def _png_pieces(self) -> Iterator[tuple[range, UInt8]]:
         """Yield the images of a run of PNG files one by one."""
         for i in range(self.manifest.images):
-            yield range(i, i + 1), self.png(i)[None]
+            yield range(i, i + 1), self._png(i)[None]
 
-    def png(self, i: int) -> UInt8:
-        """Return image i of a run of PNG files. Raises InvalidArgument."""
+    def between(self, first: int, stop: int) -> Iterator[UInt8]:
+        """Yield the images first .. stop - 1; only the files that hold them are read."""
+        if self.manifest.files == "png":
+            yield from map(self._png, range(first, stop))
+            return
+        for shard in range(self.manifest.shards):
+            images = self.manifest.shard_images(shard)
+            if images.start < stop and images.stop > first:
+                for indices, piece in self.pieces(shard):
+                    yield from piece[max(0, first - indices.start) : max(0, stop - indices.start)]
+
+    def _png(self, i: int) -> UInt8:
+        """Return image i of a run of PNG files."""
         path = self._png_path(i)
         image = read_image(path)
         if image.shape != tuple(self.manifest.shape):
@@ -83,13 +95,7 @@ class FinishedRun:
         return image
 
     def _png_path(self, i: int) -> Path:
-        return self.folder / "images" / _png_name(self.manifest, i)
-
-
-def _png_name(manifest: Manifest, i: int) -> str:
-    """Return the name of the file of image i."""
-    labels, (seed,) = manifest.labels_of(range(i, i + 1)), manifest.seeds_of(range(i, i + 1)).tolist()
-    return f"{image_name(i, None if labels is None else int(labels[0]), seed)}.png"
+        return self.folder / "images" / self.manifest.file_name(i)
 
 
 def _check_place(run: FinishedRun, out: Path) -> None:
@@ -133,33 +139,29 @@ def export_png(run: FinishedRun, out: Path, overwrite: bool = False) -> None:
     make_folder(out)
     for shard in range(run.manifest.shards):
         for i, label, seed, image in run.images(shard):
-            write_png(out / f"{image_name(i, label, seed)}.png", image)
-    for path in _named(out, IMAGE_FILE):
-        i = int(path.name.partition("_")[0])
-        if i >= run.manifest.images or path.name != _png_name(run.manifest, i):
+            write_png(out / sample_name(i, label, seed), image)
+    for path in out.iterdir():
+        match = SAMPLE_NAME.fullmatch(path.name)
+        if match and ((i := int(match[1])) >= run.manifest.images or path.name != run.manifest.file_name(i)):
             path.unlink()
-
-
-def _named(folder: Path, pattern: re.Pattern[str]) -> list[Path]:
-    """Return the files of a folder whose names match."""
-    return [path for path in folder.iterdir() if pattern.fullmatch(path.name)]
 
 
 def export_webdataset(run: FinishedRun, out: Path, overwrite: bool = False) -> None:
     """Write a tar file for each shard into a folder: for each image KEY.png, KEY.cls and KEY.json.
 
     The files have the same bytes wherever and whenever they are made. With `overwrite`, tar files of other
-    shards are removed at the end. Raises as `merge`.
+    shards are removed at the end; without it, a folder that holds any is refused. Raises as `merge`.
     """
     _check_place(run, out)
     paths = [out / f"{shard_name(shard)}.tar" for shard in range(run.manifest.shards)]
+    older = [path for path in out.glob("*.tar") if _TAR.fullmatch(path.name)]
     if not overwrite:
-        check_not_existing("out", paths)
+        check_not_existing("out", older)
     make_folder(out)
     for shard, path in enumerate(paths):
         with atomic_open(path) as file:
             _write_tar(file, run.images(shard))
-    for path in set(_named(out, _TAR)) - set(paths):
+    for path in set(older) - set(paths):
         path.unlink()
 
 

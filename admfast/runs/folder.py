@@ -10,12 +10,13 @@ from pathlib import Path
 from admfast.checkpoints.snapshots import RUN_FILE, is_run_folder
 from admfast.errors import OutputError
 from admfast.files.atomic import check_folder_path, make_folder, output_error, write_bytes, write_text
+from admfast.files.image_files import SAMPLE_NAME
 from admfast.interrupts import delay_signals
-from admfast.runs.manifest import IMAGE_FILE, MANIFEST, Manifest, create_manifest, read_manifest
+from admfast.runs.manifest import MANIFEST, Manifest, create_manifest, read_manifest
 
 # Names of the files that a run writes, by folder. No other file is ever removed or replaced.
 FILE_PATTERNS = {
-    "images": IMAGE_FILE,
+    "images": SAMPLE_NAME,
     "intermediates": re.compile(r"\d{6,}(_upsampler)?_step\d{4,}\.png"),
     "shards": re.compile(r"shard-\d{6,}\.npz"),
     ".": re.compile(r"grid\.png|samples_\d+x\d+x\d+x\d+\.npz"),

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 
 from admfast.errors import OutputError, first_line, invalid, show_value
 from admfast.files.atomic import write_new
+from admfast.files.image_files import sample_name
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -99,6 +99,11 @@ class Manifest:
         numbers = draw(numbers) if self.classes == RANDOM else numbers
         return (numbers % np.uint64(self.num_classes)).astype(np.int64)
 
+    def file_name(self, i: int) -> str:
+        """Return the name of the PNG file of image i."""
+        labels, (seed,) = self.labels_of(range(i, i + 1)), self.seeds_of(range(i, i + 1)).tolist()
+        return sample_name(i, None if labels is None else int(labels[0]), seed)
+
     def to_json(self) -> str:
         """Return the manifest as JSON."""
         fields = {entry.name: getattr(self, entry.name) for entry in dataclasses.fields(self) if entry.init}
@@ -171,14 +176,6 @@ def create_manifest(folder: Path, manifest: Manifest) -> Manifest:
     if write_new(folder / MANIFEST, manifest.to_json().encode()):
         return manifest
     return require_manifest(folder)
-
-
-IMAGE_FILE = re.compile(r"\d{6,}(_class\d+)?_seed\d+\.png")  # a name by `image_name`
-
-
-def image_name(i: int, label: int | None, seed: int) -> str:
-    """Return the name of the PNG file of image i, without its ending."""
-    return f"{i:06d}{'' if label is None else f'_class{label}'}_seed{seed}"
 
 
 def format_ranges(numbers: Sequence[int]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Sequence
@@ -27,7 +28,7 @@ from admfast.sampling.request import LARGEST_SEED, SampleRequest
 # By default a shard has the least number of batches that hold this many images, or this part of the run:
 # at the end, when there are fewer shards left than processes, at most the time of one shard is lost.
 SHARD_IMAGES, SHARD_PART = 1000, 1 / 200
-MOST_IMAGES = 10**9
+MOST_IMAGES = 10**9  # more is taken for a mistake
 POLL = 1.0  # seconds between two looks at the work of others
 ADVICE = "give another folder, or remove this one"
 
@@ -149,11 +150,10 @@ class ShardedRun:
         """Take one shard after another; wait while other processes work on all that are left."""
         count = self.manifest.shards
         first = self.rank * count // self.processes
-        order = [*range(first, count), *range(first)]
         while len(done := self.files.finished_shards()) < count:
             self._bar.move_to(self.finished_images())
             took_one = False
-            for shard in order:
+            for shard in itertools.chain(range(first, count), range(first)):
                 if shard not in done and self._take(shard):
                     took_one = True
                     break

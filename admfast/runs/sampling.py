@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from admfast.errors import AdmfastError, invalid
 from admfast.files.atomic import folder_removed_if_empty, make_folder
+from admfast.files.image_files import sample_name
 from admfast.files.images import read_image, write_grid, write_png
 from admfast.files.levels import from_uint8, to_uint8
 from admfast.files.locks import folder_locked
@@ -22,7 +23,7 @@ from admfast.files.paths import user_path
 from admfast.interrupts import delay_signals
 from admfast.runs.describe import make_manifest
 from admfast.runs.folder import SampleFolder
-from admfast.runs.manifest import BALANCED, Manifest, image_name, read_manifest
+from admfast.runs.manifest import BALANCED, Manifest, read_manifest
 from admfast.runs.progress import ProgressBar, step_shares
 from admfast.sampling.loop import Progress, RunRecord, run
 from admfast.sampling.pipeline import Pipeline
@@ -188,8 +189,8 @@ class SampleRun:
 
     def _png_path(self, i: int) -> Path:
         """Return the path of image i."""
-        name = image_name(i, None if self.classes is None else self.classes[i], self.seeds[i])
-        return self._folder.write_folder / "images" / f"{name}.png"
+        name = sample_name(i, None if self.classes is None else self.classes[i], self.seeds[i])
+        return self._folder.write_folder / "images" / name
 
     def _write_grid_and_npz(self) -> list[Path]:
         """Write the grid and the npz of the finished images; write each even if the other fails."""

@@ -8,8 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from admfast.files.image_files import SAMPLE_NAME
 from admfast.runs.leases import HEARTBEAT, is_held_here, newest_leases, parse_lease
-from admfast.runs.manifest import IMAGE_FILE, Manifest, require_manifest
+from admfast.runs.manifest import Manifest, require_manifest
 from admfast.runs.shards import LEASES, ShardFiles
 
 WATCHED = 1.5 * HEARTBEAT  # seconds in which a process on another machine must have rewritten its lease
@@ -65,7 +66,7 @@ def run_status(folder: Path, sleep: Callable[[float], None] = time.sleep) -> Run
     manifest = require_manifest(folder)
     if manifest.files == "png":
         with contextlib.suppress(FileNotFoundError):
-            count = sum(1 for path in (folder / "images").iterdir() if IMAGE_FILE.fullmatch(path.name))
+            count = sum(1 for path in (folder / "images").iterdir() if SAMPLE_NAME.fullmatch(path.name))
             return RunStatus(manifest, count, int(count == manifest.images), int(count < manifest.images))
     files = ShardFiles(folder, manifest)
     workers = _workers(folder / LEASES, sleep)

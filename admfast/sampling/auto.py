@@ -8,6 +8,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from admfast.diffusion import Respacing
 from admfast.sampling.guides import network_guides
 from admfast.sampling.request import AUTO, SampleRequest
 
@@ -79,9 +80,7 @@ def resolve(request: SampleRequest, pipeline: Pipeline) -> tuple[SampleRequest, 
         request = replace(request, quality=None, steps=steps)
     if request.solver != AUTO:
         return request, None
-    steps = requested_steps(pipeline, request.steps)
-    if request.respacing is not None:
-        steps = pipeline.diffusion.build(request.respacing).schedule.num_timesteps
+    steps = requested_steps(pipeline, request.steps, respacing=request.respacing)
     guidance = request.guidance
     if guidance is None and not request.guides and request.guidance_fn is None:
         guidance = default_scale(pipeline, steps)
@@ -92,8 +91,12 @@ def resolve(request: SampleRequest, pipeline: Pipeline) -> tuple[SampleRequest, 
     return replace(request, solver=entry.solver, spacing=spacing), entry.source
 
 
-def requested_steps(pipeline: Pipeline, steps: int | None, quality: str | None = None) -> int:
-    """Return the number of steps that is asked for by number, by quality, or by neither."""
+def requested_steps(
+    pipeline: Pipeline, steps: int | None, quality: str | None = None, respacing: Respacing | None = None
+) -> int:
+    """Return the number of steps that is asked for by number, quality or respacing, or by none of them."""
+    if respacing is not None:
+        return pipeline.diffusion.build(respacing).schedule.num_timesteps
     return steps or QUALITY_STEPS[quality or "best"] or pipeline.steps
 
 

@@ -225,13 +225,14 @@ def by_measurement(
     undone = {float(s.model_t(i)): math.sqrt(1 - s.betas[i]) / s.betas[i] for i in range(s.num_timesteps)}
 
     def gradient(x_t: Tensor, t: Tensor, prediction: Prediction) -> Tensor:
+        factor = undone.get(float(t[0]))
+        if factor is None:
+            allowed = f"a process with the sample's respacing, which has timestep {float(t[0]):g}"
+            raise invalid("process", f"{len(undone)} timesteps", allowed)
         first = prediction.first if len(measurement) > 1 else 0
         residual = (measurement[first : first + len(x_t)] - measure(prediction.x0)).flatten(1).norm(dim=1)
         (slope,) = torch.autograd.grad(residual.sum(), x_t)
-        if float(t[0]) not in undone:
-            allowed = f"a process with the sample's respacing, which has timestep {float(t[0]):g}"
-            raise invalid("process", f"{len(undone)} timesteps", allowed)
-        return -step_size * undone[float(t[0])] * slope
+        return -step_size * factor * slope
 
     return by_prediction(gradient)
 
@@ -252,14 +253,6 @@ def _rows_in_interval(interval: Interval | None, timesteps: Sequence[float]) -> 
     if interval is None:
         return (True,) * len(timesteps)
     return tuple(interval[0] <= t <= interval[1] for t in timesteps)
-
-
-def check_intervals(request: SampleRequest, last: int) -> None:
-    """Raise InvalidArgument for an interval without any of the process's timesteps, 0 to `last`."""
-    own = [("interval", guide.interval) for guide in request.guides]
-    for name, interval in [("guidance_interval", request.guidance_interval), *own]:
-        if interval is not None and (interval[0] > last or interval[1] < 0):
-            raise invalid(name, interval, f"two of the process's timesteps, 0 to {last}")
 
 
 def network_guides(request: SampleRequest, default: float) -> list[NetworkGuide]:

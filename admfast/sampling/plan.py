@@ -24,13 +24,7 @@ from admfast.ops import dispatch
 from admfast.ops.update import Clip, SolverTable, Stream, as_seeds
 from admfast.sampling.auto import resolve, warn_of_failure
 from admfast.sampling.functions import X0_IS_IGNORED
-from admfast.sampling.guides import (
-    Guide,
-    check_intervals,
-    guidance_by_row,
-    guides_by_function,
-    requested_scale,
-)
+from admfast.sampling.guides import Guide, guidance_by_row, guides_by_function, requested_scale
 from admfast.sampling.loop import Callback
 from admfast.sampling.predict import Predictor
 from admfast.sampling.request import AUTO, SampleRequest
@@ -174,7 +168,6 @@ def _base_plan(request: SampleRequest, pipeline: Pipeline) -> Plan:
     if solver.starts_from == "image" and x_start is not None:
         noise, x_start = x_start, None
     timesteps = _timesteps(process, table)
-    check_intervals(request, process.schedule.original_steps - 1)
     guidance = guidance_by_row(request, pipeline.guidance, table.rows, timesteps, num_skipped)
     _check_guidance(request, pipeline, guidance)
     return Plan(
@@ -386,7 +379,12 @@ def default_batch_size(pipeline: Pipeline, sides: tuple[int, ...]) -> int:
 
 
 def _check_guidance(request: SampleRequest, pipeline: Pipeline, guidance: Sequence[RowGuidance]) -> None:
-    """Reject guidance by a network that this pipeline lacks, and an interval that limits nothing."""
+    """Reject guidance by a network that this pipeline lacks, and an interval without a use or a timestep."""
+    last = pipeline.diffusion.steps - 1
+    own = [("interval", guide.interval) for guide in request.guides]
+    for name, interval in [("guidance_interval", request.guidance_interval), *own]:
+        if interval is not None and (interval[0] > last or interval[1] < 0):
+            raise invalid(name, interval, f"an interval that holds some of the timesteps 0 to {last}")
     if any(row.scale for row in guidance):
         if pipeline.classifier is None:
             scale = next(row.scale for row in guidance if row.scale)

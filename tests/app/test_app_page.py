@@ -9,7 +9,6 @@ import io
 import os
 import re
 import shlex
-import shutil
 import signal
 import socket
 import subprocess
@@ -26,12 +25,11 @@ from PIL import Image
 from admfast.app.uploads import MOST_BYTES
 from admfast.cli.main import main
 from admfast.files.npz import read_samples
+from tests.tools.browser import require_chromium
 
 pytest.importorskip("nicegui", reason="the page's packages aren't installed: pip install -e '.[app]'")
 browsers = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-if CHROMIUM is None:
-    pytest.skip("no Chromium is installed", allow_module_level=True)
+CHROMIUM = require_chromium()
 
 ROOT = Path(__file__).resolve().parents[2]
 # Starts the command and writes every address that its Python code asks for or connects to. uvloop's

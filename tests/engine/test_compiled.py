@@ -38,10 +38,13 @@ def test_a_compiled_step_is_the_eager_one(traced, precision):
     settings = dict(classes=[0, 3], seeds=[5, 6], output="float", guidance_interval=(300, 900), steps=3)
     policy = POLICIES[precision]
     with override_impl("attention=sdpa"):  # a trace takes no other fused attention
-        got = pipeline(options=COMPILED, policy=policy).sample(**settings)
+        compiled = pipeline(options=COMPILED, policy=policy)
+        got = compiled.sample(**settings)
         wanted = pipeline(policy=policy).sample(**settings)
     # The graph runs the eager operations in the same order, so only the order inside float32 sums may change.
     assert (got - wanted).abs().max() < 1e-5 * wanted.abs().max()
+    stage = compiled.last_run.stages[0]
+    assert stage.not_compiled_reason is None and "compiled" in stage.not_replayed_reason
 
 
 # Comparison of compiled and eager steps

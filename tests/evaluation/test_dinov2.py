@@ -87,6 +87,11 @@ def test_what_is_no_dinov2(tmp_path):
     net.save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match=r"layernorm\.weight"):
         DinoFeatures(tmp_path)
+    net = model(224)
+    net.embeddings.register_tokens = torch.nn.Parameter(torch.zeros(1, 4, 8))
+    net.save_pretrained(tmp_path / "registers")
+    with pytest.raises(CheckpointError, match=r"register_tokens"):
+        DinoFeatures(tmp_path / "registers")
     with pytest.raises(InvalidArgument, match="^images="):
         model(224).save_pretrained(tmp_path / "d")
         DinoFeatures(tmp_path / "d")(torch.zeros(1, 8, 8, 4, dtype=torch.uint8))

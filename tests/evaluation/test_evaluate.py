@@ -36,6 +36,7 @@ from admfast.evaluation.inception_layers import graph_names
 from admfast.evaluation.inception_score import SPLIT_SIZE
 from admfast.evaluation.inception_weights import read_inception_weights
 from admfast.evaluation.kernel_distance import SUBSET_SIZE, SUBSETS
+from admfast.evaluation.precision_recall import coverage_of_alike_sets
 from admfast.evaluation.reference import write_reference
 from tests.small import classifier
 from tests.tools.random_inception import random_inception
@@ -198,8 +199,15 @@ def test_the_coverage_of_sets_from_one_source_is_the_one_beside_it():
         a, b = (ArrayImages(random.integers(0, 256, (n, 8, 8, 3), dtype=np.uint8)) for n in (20, 60))
         (measure,) = (m for m in evaluate(a, b, Corners()).measures if m.name == "coverage")
         found.append(measure.value)
-    alike = float(measure.how.split("; ")[1].split()[0])
+    alike = coverage_of_alike_sets(20, 60, DENSITY_NEIGHBOURS)
+    assert f"{alike:.4g}" in measure.how
     assert abs(np.mean(found) - alike) < 4 * np.std(found) / np.sqrt(len(found)) and alike < 0.8
+
+
+@pytest.mark.parametrize(("counts", "has_subsets"), [((20, 20), False), ((20, 30), True)])
+def test_the_deviation_over_subsets_is_told_only_where_they_differ(counts, has_subsets):
+    (measure,) = (m for m in evaluate(*map(pictures, counts), Corners()).measures if m.name == "KD")
+    assert ("deviation" in measure.how) is has_subsets
 
 
 def test_the_defaults_are_those_of_the_sources():

@@ -177,6 +177,16 @@ def test_an_interval_of_a_share_is_that_of_the_binomial():
     assert bootstrap_interval(values) == (low, high)
 
 
+def test_an_interval_holds_the_neighbourhoods_so_new_sets_vary_more():
+    values, widths = [], []
+    for seed in range(40):
+        a, b = (np.random.default_rng([seed, i]).standard_normal((200, 16)) for i in (0, 1))
+        density = neighbourhoods(a, b, 5, half=False).density
+        values.append(float(density.mean()))
+        widths.append(np.subtract(*bootstrap_interval(density)[::-1]) / 2)
+    assert 1.96 * np.std(values) > 1.1 * np.mean(widths)
+
+
 MEASURES = {
     "frechet": lambda a, b: frechet_distance(a, b),
     "kernel": lambda a, b: kernel_distance(a, b),

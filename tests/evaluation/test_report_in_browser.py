@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import shutil
-
 import numpy as np
 import pytest
 
 from admfast.evaluation import ArrayImages, evaluate, open_features
 from admfast.evaluation.report import write_report
+from tests.tools.browser import require_chromium
 
 browsers = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-if CHROMIUM is None:
-    pytest.skip("no Chromium is installed", allow_module_level=True)
+CHROMIUM = require_chromium()
 
 
 def test_the_report_opens_alone(tmp_path):

@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 
 from admfast.errors import InvalidArgument, OutputError
+from admfast.files.image_files import sample_name
 from admfast.files.images import read_image, write_png
 from admfast.files.npz import read_samples
 from admfast.runs.collect import FinishedRun, export_png, export_webdataset, merge
 from admfast.runs.leases import Leases
-from admfast.runs.manifest import MANIFEST, Manifest, create_manifest, image_name
+from admfast.runs.manifest import MANIFEST, Manifest, create_manifest
 from admfast.runs.shards import LEASES, ShardFiles, shard_name
 from admfast.runs.status import run_status
 
@@ -48,7 +49,7 @@ def make_pngs(folder: Path) -> None:
     (folder / "images").mkdir(parents=True)
     create_manifest(folder, replace(ONE, files="png", shard_size=11))
     for i, (label, image) in enumerate(zip(LABELS, IMAGES, strict=True)):
-        write_png(folder / "images" / f"{image_name(i, label, 5 + i)}.png", image)
+        write_png(folder / "images" / sample_name(i, label, 5 + i), image)
 
 
 @pytest.mark.parametrize("make_run", [make, make_pngs], ids=["npz", "png"])
@@ -114,7 +115,12 @@ def test_tar_files_as_webdataset_reads_them(tmp_path, make_run):
         assert json.loads(member["json"]) == {"seed": 5 + i, "class": LABELS[i]}
     with pytest.raises(OutputError, match="exists already"):
         export_webdataset(FinishedRun(tmp_path / "run"), tmp_path / "a")
-    (tmp_path / "a" / "shard-000007.tar").touch()  # of a larger run
+    (tmp_path / "c").mkdir()
+    for folder in ("a", "c"):
+        (tmp_path / folder / "shard-000007.tar").touch()  # of a larger run
+    with pytest.raises(OutputError, match="exists already"):
+        export_webdataset(FinishedRun(tmp_path / "run"), tmp_path / "c")
+    assert (tmp_path / "c" / "shard-000007.tar").exists()
     export_webdataset(FinishedRun(tmp_path / "run"), tmp_path / "a", overwrite=True)
     assert sorted((tmp_path / "a").iterdir()) == tars
 
